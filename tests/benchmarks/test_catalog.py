@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from rich.console import Console
 
 from parcelray.benchmarks.catalog import builtin, catalog, find
@@ -136,6 +137,22 @@ def test_the_check_names_samples_that_their_metric_cannot_score(tmp_path: Path) 
         pq.write_table(table.set_column(place, "index", missing), file)
     problems = check_data(config.name, tmp_path, (), ROWS, "llava").problems
     assert ["needs metadata 'index' (int) on every sample" in each.reason for each in problems] == [True]
+
+
+def test_the_check_names_samples_that_their_metric_cannot_score_together(tmp_path: Path) -> None:
+    write_benchmark(builtin()["mmbench_en_dev"], tmp_path)
+    own = tmp_path / "own.yaml"
+    text = builtin()["mmbench_en_dev"].model_dump(mode="json", exclude_defaults=True)
+    text["name"], text["columns"]["id"] = "own", ["question"]
+    text["columns"]["metadata"]["index"] = "group"
+    text["columns"]["types"]["group"] = "int64"
+    own.write_text(yaml.safe_dump(text), encoding="utf-8")
+    for file in tmp_path.rglob("*.parquet"):
+        table = pq.read_table(file)
+        pq.write_table(table.append_column("group", pa.array([7] * len(table), pa.int64())), file)
+    (problem,) = check_data("own", tmp_path, (own,), ROWS, "llava").problems
+    assert problem.row == "mmbench:circular"
+    assert "give every row another index" in problem.reason
 
 
 def test_samples_have_their_language(tmp_path: Path) -> None:

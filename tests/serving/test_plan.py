@@ -73,6 +73,25 @@ def test_a_reducer_decides_the_budgets_and_the_plan() -> None:
     assert [each.fits for each in tokens.memory] == [4, 2]
     assert "7 at 128, 3 at 256" in tokens.notes[0]
     assert "The memory of the reducer fastv itself is not predicted." in tokens.notes[1]
+    # Blocks that are partly filled count: seven images of 128 tokens and 96 others are 992 tokens.
+    exact = serving_token_plan(
+        serve_job(str(ROOT / "jobs" / "serve" / "training_free.yaml"), [*changes, "engine.kv_tokens=992"])
+    )
+    assert "6 at 128, 3 at 256" in exact.notes[0]
+
+
+def test_the_memory_of_a_prefill_counts_the_tokens_that_enter_the_decoder() -> None:
+    """The KV cache has room for one request of 128 tokens, whose prefill has 256."""
+    changes = ["engine.vision_batch=1", "reducer={type: fastv, layer: 1}", "budgets.offered=[128]"]
+    small, large = (
+        serving_token_plan(
+            serve_job(str(ROOT / "jobs" / "serve" / "training_free.yaml"), [*changes, f"engine.kv_tokens={tokens}"])
+        ).memory[0]
+        for tokens in (256, 1024)
+    )
+    assert (small.fits, large.fits) == (1, 4)
+    # Larger prefills, besides 768 tokens of KV cache: 3 layers, keys and values, 1 head of 32, 4 bytes each.
+    assert large.above_bytes - small.above_bytes > 768 * 3 * 2 * 32 * 4
 
 
 @pytest.mark.parametrize(

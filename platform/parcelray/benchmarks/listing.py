@@ -1,7 +1,7 @@
 """The output of `parcelray benchmarks`: the list of splits, and the check of a benchmark's data."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,17 +164,19 @@ def check_data(name: str, data: Path | None, user_files: Iterable[Path], rows: i
     reader = open_reader(config, family=prompt_family(family), data=data)
     fingerprint = reader.fingerprint()
     problems: list[Problem] = []
-    questions, example = 0, None
+    samples: list[Sample] = []
+    example = None
     chosen = list(reader.order())[:rows]
     for row in chosen:
         read = reader.read(row)
         problems += read.problems
         for sample in read.samples:
-            questions += 1
             example = example or sample
-            problems += [*_undecodable(sample), *_unscorable(sample)]
+            samples.append(replace(sample, images=()))
+            problems += _undecodable(sample)
+    problems += _unscorable(samples)
     expected = config.source.rows if isinstance(config.source, TableSource) else None
-    return DataCheck(name, fingerprint, expected, len(chosen), questions, tuple(problems), example)
+    return DataCheck(name, fingerprint, expected, len(chosen), len(samples), tuple(problems), example)
 
 
 def _undecodable(sample: Sample) -> list[Problem]:
@@ -186,11 +188,23 @@ def _undecodable(sample: Sample) -> list[Problem]:
     return []
 
 
-def _unscorable(sample: Sample) -> list[Problem]:
-    """The metadata that the sample's metric lacks."""
-    try:
+def _unscorable(samples: Sequence[Sample]) -> list[Problem]:
+    """The samples that their metrics cannot score, each alone and then all together."""
+    by_metric: dict[str, list[Sample]] = {}
+    for sample in samples:
         if sample.metric:
-            metric(sample.metric)([""], [sample])
+            by_metric.setdefault(sample.metric, []).append(sample)
+    problems: list[Problem] = []
+    for name, members in by_metric.items():
+        alone = [problem for sample in members for problem in _refusal(name, [sample])]
+        problems += alone or _refusal(name, members)
+    return problems
+
+
+def _refusal(name: str, samples: Sequence[Sample]) -> list[Problem]:
+    """Why a metric refuses empty answers to some samples; empty: it scores them."""
+    try:
+        metric(name)([""] * len(samples), samples)
     except UserError as error:
-        return [Problem(sample.id, str(error))]
+        return [Problem(samples[0].id if len(samples) == 1 else name, str(error))]
     return []

@@ -220,7 +220,7 @@ def benchmarks_check(
     family: Annotated[str, typer.Option(help="Prompt family: paligemma or llava.")] = "paligemma",
     as_json: AsJson = False,
 ) -> None:
-    """Check data against a benchmark: columns, ids, images, answers and the number of rows.
+    """Check data against a benchmark: columns, ids, images, answers, what its metric needs, and the number of rows.
 
     Exit code 2 if a check fails.
     """

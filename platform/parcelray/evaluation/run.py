@@ -200,7 +200,7 @@ def evaluate_model(
         mask_decoder: the .npz file that the metric `refseg_miou` needs.
         worker: a worker in this process that already holds the model.
         on_progress: called after each shard.
-        say: called with a sentence if the pass waits for resources of the cluster.
+        say: called with a sentence if the pass waits for resources of the cluster, or if a worker died.
 
     Returns:
         The evaluation, ready to be scored, and the result of the pass.

@@ -46,7 +46,7 @@ from parcelray.config.reducer import (
 from parcelray.errors import UnsupportedBudgetError, UserError
 from parcelray.models.backbones.base import Depths
 from parcelray.models.token_reduction import TokenReducer, build_reducer
-from parcelray.models.token_reduction.in_decoder import InDecoderReducer
+from parcelray.models.token_reduction.in_decoder import InDecoderReducer, tokens_by_layer
 from parcelray.models.token_reduction.pyramid_drop import PyramidDrop
 from parcelray.models.token_reduction.restore import num_selected
 from parcelray.models.token_reduction.saliency import check_layer
@@ -164,11 +164,8 @@ def reduced_cost(
         return ReducedCost(full, 0, (num_frames * patches,) * shape.text_layers)
     if isinstance(built, InDecoderReducer):
         stages = built.stages(shape.text_layers, num_frames * patches, num_frames * budget)
-        edges = [0, *(stage.layer for stage in stages), shape.text_layers]
         counts = [num_frames * patches, *(stage.num_tokens for stage in stages)]
-        by_layer = tuple(
-            count for count, (start, end) in zip(counts, pairwise(edges), strict=True) for _ in range(end - start)
-        )
+        by_layer = tuple(tokens_by_layer(stages, shape.text_layers, num_frames * patches))
         return ReducedCost(
             _with_layers(shape, full, by_layer, text), _stage_flops(shape, built, counts, text), by_layer
         )

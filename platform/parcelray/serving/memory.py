@@ -13,7 +13,8 @@ from parcelray.models.vlm import ElasticConfig, config_of, empty_vlm, use_sdpa_w
 from parcelray.profiling.gpus import gpu_of
 from parcelray.profiling.simulated_memory import HEAP_OVERHEAD, MemoryEstimate, MemoryMeter
 from parcelray.profiling.token_plan import TokenPlan, budget_memory, machine_limit, shown_budgets
-from parcelray.serving.engine.decoder import PooledDecoder, Prompt
+from parcelray.serving.engine.decoder import PooledDecoder, Prompt, rounding_tokens
+from parcelray.serving.engine.kv_pool import BLOCK_TOKENS
 from parcelray.serving.plan import TEXT_TOKENS, pin, requests_in_kv
 
 
@@ -38,6 +39,7 @@ def serving_token_plan(job: ServeJob, *, memory_gib: float | None = None, gpu: s
         limit = gpu_of(gpu).memory_gib * 2**30 if gpu is not None else machine_limit(job.replicas.max)
     num_patches, reducer = int(config.grid_size) ** 2, pinned.reducer
     places = positions_per_image(reducer, num_patches)
+    built = build_reducer(reducer) if reducer is not None else None
     memory = [
         budget_memory(budget, replica_memory(job, config, budget, reducer), requests_in_kv(job, budget))
         for budget in shown_budgets(job.budgets.offered)
@@ -45,7 +47,7 @@ def serving_token_plan(job: ServeJob, *, memory_gib: float | None = None, gpu: s
     fitting = [each.budget for each in memory if each.weights_bytes + each.above_bytes <= limit]
     new = TEXT_TOKENS + job.limits.default_max_tokens
     positions = int(config.text_config.max_position_embeddings) - new
-    room = min(positions, job.engine.kv_tokens - new)
+    room = min(positions, job.engine.kv_tokens - rounding_tokens(built) - new)
 
     def most(budget: int) -> int:
         return min(job.limits.images, room // budget, positions // (places or budget))
@@ -79,7 +81,14 @@ def replica_memory(
         model = empty_vlm(config, getattr(torch, job.model.dtype)).eval()
         use_sdpa_where_exact(model)
         weights = meter.live_bytes
-        decoder = PooledDecoder(model, max_tokens=job.engine.kv_tokens)
+        # A reducer that reads the prompt gets all tokens in the decoder, the others reduce them before.
+        reads_prompt = reducer is not None and build_reducer(reducer).reads == "prompt"
+        entering = int(config.grid_size) ** 2 if reads_prompt else budget
+        length = entering + TEXT_TOKENS
+        count = max(1, min(requests_in_kv(job, budget), math.ceil(job.engine.prefill_tokens / length)))
+        # The prefill is simulated without the reducer, so each layer holds all tokens that enter the decoder.
+        kv_tokens = max(job.engine.kv_tokens, count * math.ceil(length / BLOCK_TOKENS) * BLOCK_TOKENS)
+        decoder = PooledDecoder(model, max_tokens=kv_tokens)
         pool = meter.live_bytes - weights
         size = config.vision_config.image_size
         features_IND = model.model.encode_patches(
@@ -88,24 +97,11 @@ def replica_memory(
         tokens_IKL = model.model.compress(
             features_IND, num_visual_tokens=budget if reducer is None else max(model.supported_budgets)
         )
-        # A reducer that reads the prompt gets all tokens in the decoder, the others reduce them before.
-        if reducer is not None and build_reducer(reducer).reads != "prompt":
-            tokens_IKL = tokens_IKL[:, :budget]
-        length = tokens_IKL.shape[1] + TEXT_TOKENS
-        count = min(
-            job.engine.max_running,
-            math.ceil(job.engine.prefill_tokens / length),
-            decoder.pool.total_tokens // (length + job.limits.default_max_tokens),
-        )
-        decoder.prefill(
-            [
-                Prompt(
-                    (0,) * TEXT_TOKENS, 0, tokens_IKL[0], budget, decoder.pool.reserve(decoder.kv_lengths(length, 0, 0))
-                )
-                for _ in range(max(1, count))
-            ]
-        )
+        visual_KL = tokens_IKL[0, :entering]
+        blocks = [decoder.pool.reserve(decoder.kv_lengths(TEXT_TOKENS, 1, entering)) for _ in range(count)]
+        decoder.prefill([Prompt((0,) * TEXT_TOKENS, 0, visual_KL, entering, own) for own in blocks])
     passes = meter.peak_bytes - weights - pool
+    pool = pool * job.engine.kv_tokens // kv_tokens
     if job.model.device == "cpu":
         passes = round(HEAP_OVERHEAD * passes)
     return MemoryEstimate(weights, pool + passes + job.engine.feature_cache_mb * 2**20)

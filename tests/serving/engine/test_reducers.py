@@ -1,5 +1,7 @@
 """Tests that the engine with a training-free reducer answers as an evaluation does, in mixed batches."""
 
+import asyncio
+import queue
 import random
 from typing import Any
 
@@ -18,9 +20,11 @@ from parcelray.models.backbones.processor_base import ElasticProcessor
 from parcelray.models.mini import build_config, build_model, build_processor
 from parcelray.models.mini_llava import build
 from parcelray.serving.engine.continuous_engine import ContinuousEngine
-from parcelray.serving.engine.engine import EngineRefusal, answer_all
+from parcelray.serving.engine.engine import EngineRefusal, Event, Finished, Piece, PromptBuilder, answer_all
+from parcelray.serving.replica.load import HealthProbe
 from tests.models.conftest import CONFIG, CORPUS, MINI_LLAVA
 from tests.serving.conftest import Asker
+from tests.serving.local import PATIENCE_S
 
 LENGTH = 5
 CLEAR = 1e-3
@@ -128,15 +132,30 @@ def test_a_reducer_inside_the_decoder_holds_the_mean_over_the_layers_in_the_kv_c
     requests = [asker(samples[index], 90, max_new_tokens=8) for index in range(4)]
     # With all patches in every layer, there would be room for one request.
     largest = max(request.tokens_at(256).total for request in requests)
+    probe = HealthProbe(PromptBuilder(processor), (90,), timeout_s=PATIENCE_S)
     engine = ContinuousEngine(
-        model, processor, EngineConfig(kv_tokens=2 * largest), urgent_tokens=0, reducer=FastVConfig(layer=1)
+        model,
+        processor,
+        EngineConfig(kv_tokens=2 * largest),
+        urgent_tokens=probe.num_tokens,
+        reducer=FastVConfig(layer=1),
     )
     answers = answer_all(engine, requests)
     stats = engine.stats()
-    too_long = asker(samples[0], 256, max_new_tokens=2 * largest)
+    # The longest request that is accepted finds room, and the next longer one is refused.
+    room = engine.max_request_tokens - asker(samples[0], 90).min_prompt_tokens
+    inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    engine.submit(asker(samples[0], 90, stream=True, max_new_tokens=room, timeout_s=PATIENCE_S), inbox.put)
+    last = inbox.get(timeout=PATIENCE_S)
+    # Now only the blocks of the health check are free.
+    asyncio.run(probe.check(engine))
+    while isinstance(last, Piece):
+        last = inbox.get(timeout=PATIENCE_S)
     with pytest.raises(EngineRefusal, match="lower max_tokens or the visual-token budget"):
-        engine.submit(too_long, lambda _: None)
+        engine.submit(asker(samples[0], 90, max_new_tokens=room + 1), lambda _: None)
     engine.close()
+    assert isinstance(last, Finished)
+    assert last.num_new_tokens == room
     assert [answer.num_new_tokens for answer in answers] == [8] * 4
     assert stats.decoded_rows > 3 * stats.steps
     assert stats.kv_tokens_used == 0

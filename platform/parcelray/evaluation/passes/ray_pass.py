@@ -161,13 +161,14 @@ def _finished(
         except BaseException as error:  # noqa: BLE001 - raised again in the thread that called the pass
             finished.put(error)
 
+    show_notices = functools.partial(_show_notices, stages, say)
     executors = _executors(evaluated)
     threading.Thread(target=take, name="parcelray-evaluation", daemon=True).start()
     count = 0
     download = None
     while True:
         try:
-            row = _next(finished, stall_s, clock)
+            row = _next(finished, stall_s, clock, show_notices)
         except queue.Empty:
             # Before its first shard, a host may have to download the model, which may take longer than a shard.
             before, download = download, ray.get(stages.download.remote())
@@ -181,6 +182,7 @@ def _finished(
                 " Raise stall_s if a shard takes longer; run the same command again to resume."
             ) from None
         if row is None:
+            show_notices()
             return
         if isinstance(row, BaseException):
             raise row
@@ -189,19 +191,25 @@ def _finished(
         if isinstance(result, ParcelrayError):
             raise result
         count += 1
-        for notice in ray.get(stages.notices.remote()):
-            say(notice)
         yield result
 
 
-def _next(items: queue.Queue[Item], stall_s: float, clock: Callable[[], float]) -> Item:
-    """Returns the next item of a queue.
+def _show_notices(stages: Any, say: Callable[[str], object]) -> None:
+    for notice in ray.get(stages.notices.remote()):
+        say(notice)
+
+
+def _next(
+    items: queue.Queue[Item], stall_s: float, clock: Callable[[], float], on_poll: Callable[[], None] = lambda: None
+) -> Item:
+    """Returns the next item of a queue; calls `on_poll` before, and once in each second of waiting.
 
     Raises:
         queue.Empty: no item arrived for `stall_s` seconds of the clock.
     """
     began = clock()
     while True:
+        on_poll()
         try:
             return items.get(timeout=_STALL_POLL_S)
         except queue.Empty:
@@ -260,8 +268,7 @@ class _Evaluate:
 
         self._worker = ModelWorker(model, settings, dtype)
         self._stages = _StageReporter(stages)
-        if ray.get_runtime_context().was_current_actor_reconstructed:
-            self._stages.restarted()
+        self._stages.start()
 
     def __call__(self, rows: dict[str, NDArray[Any]]) -> dict[str, list[bytes]]:
         read: ShardInput | ParcelrayError = pickle.loads(rows["input"][0])
@@ -286,7 +293,7 @@ def _pickled_failure(error: Exception) -> bytes:
 
 
 class _StageReporter:
-    """Reports what a worker does, for the error message of a pass that stalls, and that it replaces another one."""
+    """Reports what a worker does, for the error message of a pass that stalls."""
 
     def __init__(self, stages: Any) -> None:
         self._stages = stages
@@ -299,19 +306,18 @@ class _StageReporter:
         """Reports that the worker is idle."""
         self._stages.report.remote(f"{os.uname().nodename}/{os.getpid()}", None)
 
-    def restarted(self) -> None:
-        """Reports that Ray started this worker in the place of one that died."""
-        self._stages.notify.remote(
-            f"A worker of the evaluation died; {os.uname().nodename} replaces it and computes its shard again."
-        )
+    def start(self) -> None:
+        """Reports that this actor starts."""
+        self._stages.start.remote(ray.get_runtime_context().get_actor_id(), os.uname().nodename)
 
 
 @ray.remote(num_cpus=0)
 class _StageActor:
-    """Holds the current stage of every worker."""
+    """Holds the current stage of every worker, and notices for the driver."""
 
     def __init__(self) -> None:
         self._running: dict[str, tuple[float, str]] = {}
+        self._actors: set[str] = set()
         self._download: str | None = None
         self._notices: list[str] = []
 
@@ -323,8 +329,11 @@ class _StageActor:
             if stage.startswith(DOWNLOADING):
                 self._download = stage
 
-    def notify(self, sentence: str) -> None:
-        self._notices.append(sentence)
+    def start(self, actor: str, host: str) -> None:
+        # Ray starts an actor that died again, under the same id.
+        if actor in self._actors:
+            self._notices.append(f"A worker of the evaluation died; {host} replaces it and computes its shard again.")
+        self._actors.add(actor)
 
     def notices(self) -> list[str]:
         """The sentences since the last call."""

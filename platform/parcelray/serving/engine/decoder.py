@@ -25,6 +25,7 @@ from parcelray.models.decoder_attention import AttentionMasks, Keys, LayerMasks
 from parcelray.models.model_reducer import ModelReducer
 from parcelray.models.positions import image_position_ids
 from parcelray.models.reduced_decoder import VisualTokens, pack_prompts
+from parcelray.models.token_reduction.base import TokenReducer
 from parcelray.models.token_reduction.in_decoder import InDecoderReducer, tokens_by_layer
 from parcelray.serving.engine.kv_pool import BLOCK_TOKENS, Blocks, KVPool, slots_of, tables_of
 
@@ -106,6 +107,14 @@ class _DecodeCache:
         return self.pool.read(self.tables_YBM[row])
 
 
+def rounding_tokens(reducer: TokenReducer | None) -> int:
+    """Returns the tokens beyond the mean over the layers that partly filled blocks of a request may take.
+
+    With n_y tokens in layer y, a request has at most as many blocks as one with their mean + T - 1 in every layer.
+    """
+    return BLOCK_TOKENS - 1 if isinstance(reducer, InDecoderReducer) else 0
+
+
 class PooledDecoder:
     """Runs a model's decoder with its keys and values in a `KVPool`.
 
@@ -141,9 +150,8 @@ class PooledDecoder:
         """Visual tokens of an image that enter the decoder at every budget; None: as many as the budget."""
         stages = reducer.in_decoder if reducer is not None else None
         self._stages = stages if isinstance(stages, InDecoderReducer) else None
-        # With n_y tokens in layer y, a request has at most as many blocks as one with their mean + T - 1 in each.
-        self.rounding_tokens = BLOCK_TOKENS - 1 if self._stages is not None else 0
-        """Tokens beyond the mean over its layers that the blocks of a request may take."""
+        self.rounding_tokens = rounding_tokens(reducer.reducer if reducer is not None else None)
+        """See the function of this name."""
         heads = int(config.num_attention_heads)
         self.pool = KVPool(
             num_layers=len(self._layers),
