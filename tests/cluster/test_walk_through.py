@@ -102,7 +102,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 
 def test_the_walk_through(hosts: Hosts) -> None:
     for name in ("RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI"):
-        # The page sets them.
+        # The page sets what it needs.
         del hosts.laptop.variables[name]
     settings: list[str] = []
     for block in blocks():
