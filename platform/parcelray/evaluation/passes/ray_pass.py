@@ -307,8 +307,8 @@ class _StageReporter:
         self._stages.report.remote(f"{os.uname().nodename}/{os.getpid()}", None)
 
     def start(self) -> None:
-        """Reports that this actor starts."""
-        self._stages.start.remote(ray.get_runtime_context().get_actor_id(), os.uname().nodename)
+        """Reports that this actor starts; waits, so that the driver knows it before the actor's first shard."""
+        ray.get(self._stages.start.remote(ray.get_runtime_context().get_actor_id(), os.uname().nodename))
 
 
 @ray.remote(num_cpus=0)
